@@ -1,0 +1,1 @@
+"""Prune and Tell: image captioning with visual-token pruning."""
