@@ -167,7 +167,7 @@ def build_backbone(
         raise UserError(f"backbone.weights={weights} is not a file (a .safetensors or .pth in timm's layout)")
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
-    except (TypeError, AttributeError, AssertionError) as error:
+    except (TypeError, AttributeError, AssertionError, IndexError, KeyError, ValueError) as error:
         raise UserError(f"backbone.model_args={arguments} don't fit {name}: {error}") from error
     except Exception as error:
         if not pretrained:
