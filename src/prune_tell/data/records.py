@@ -77,7 +77,9 @@ class Problems:
 
     def write(self, path: Path) -> None:
         """Write the report: `{"counts": {kind: n}, "items": [{kind, where, detail}]}`."""
-        path.write_text(json.dumps({"counts": self.counts(), "items": self.items}, indent=1, ensure_ascii=False))
+        path.write_text(
+            json.dumps({"counts": self.counts(), "items": self.items}, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 datasets: Registry[Dataset] = Registry("data")
