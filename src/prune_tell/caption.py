@@ -71,7 +71,7 @@ def caption(cfg: DictConfig) -> list[dict[str, str]]:
             batch = files[start : start + cfg.batch_size]
             rows += caption_batch(run, batch, generation, cfg, device, out, unreadable)
             bar.update(len(batch))
-    (out / "captions.json").write_text(json.dumps(rows, indent=0, ensure_ascii=False))
+    (out / "captions.json").write_text(json.dumps(rows, indent=0, ensure_ascii=False), encoding="utf-8")
     for reason in unreadable:
         print(f"unreadable, left out: {reason}", file=sys.stderr)
     if not rows:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
     resume = wants_resume(cfg, out)
     torch.manual_seed(seed)
     reset_peak_memory(device)
+    begun = time.time()
 
     # The data, the words, the model.
     dataset, problems = build_dataset(cfg)
@@ -82,7 +84,7 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
         "tokenizer.json": tokenizer.to_text(),
         "preprocessing.json": json.dumps(recipe.to_dict(), indent=1),
     }
-    (out / "config.yaml").write_text(files["config.yaml"])
+    (out / "config.yaml").write_text(files["config.yaml"], encoding="utf-8")
 
     def show(tracker: Tracker, step: int, result: SplitResult) -> None:
         tracker.show(step, [(to_display(picture(r), recipe), result.captions[r.image_id]) for r in result.records[:4]])
@@ -145,6 +147,7 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
         result = measure(plain_items, None, "accuracy on training captions")
         summary |= {"train_token_accuracy": result.token_accuracy, "train_loss": result.loss}
     summary |= closing(captioner, cfg, progress, device, seed)
+    summary |= {"features_cached": train_items.cache is not None, "total_seconds": round(time.time() - begun, 1)}
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     draw_curves(out)
     tqdm.write(report(summary, out))
@@ -196,7 +199,7 @@ def describe(captioner: Captioner, train: int, val: int, words: int, device: tor
 def write_captions(path: Path, captions: dict[int | str, str]) -> None:
     """Write captions in COCO's results format."""
     rows = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
-    path.write_text(json.dumps(rows, indent=0, ensure_ascii=False))
+    path.write_text(json.dumps(rows, indent=0, ensure_ascii=False), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -217,11 +220,20 @@ def closing(
         "parameters": sum(p.numel() for p in captioner.parameters()),
         "peak_memory_bytes": peak_memory(device),
         "seconds": round(progress.seconds, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "seed": seed,
         "versions": versions(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The name on the chip."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def report(summary: dict[str, Any], out: Path) -> str:

@@ -15,6 +15,7 @@ from prune_tell.data.loader import Batch, Failure
 from prune_tell.data.records import Record
 from prune_tell.data.tokenizer import Tokenizer
 from prune_tell.decoding.generate import generate
+from prune_tell.errors import UserError
 from prune_tell.models.captioner import Captioner
 from prune_tell.training.losses import word_loss
 
@@ -32,6 +33,13 @@ class Generation:
     beams: int = 1
     max_length: int = 30
     length_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        # `generate` checks them, too: this is the check before an epoch of training.
+        if self.beams < 1:
+            raise UserError(f"generation.beams={self.beams} is out of range: 1 (greedy) or more")
+        if self.max_length < 2:
+            raise UserError(f"generation.max_length={self.max_length} is out of range: 2 (BOS and EOS) or more")
 
 
 @dataclass

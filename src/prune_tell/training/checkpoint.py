@@ -68,7 +68,7 @@ def save_checkpoint(
     if state is not None:
         torch.save(state, temporary / "state.pt")
     for name, text in files.items():
-        (temporary / name).write_text(text)
+        (temporary / name).write_text(text, encoding="utf-8")
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in temporary.iterdir():  # on disk before it gets its name
         with path.open("rb") as file:

@@ -163,11 +163,14 @@ def fit(
         }
         save("last", state=state)
 
+    def out_of_patience() -> bool:
+        return settings.patience is not None and progress.without_gain >= settings.patience
+
     captioner.train()
     stream = usable(iter(loader), problems, progress)
     untold = torch.zeros(3, device=device)  # loss, correct words and words that nobody has looked at yet
     bar: Any = None
-    while progress.step < total_steps:
+    while progress.step < total_steps and not out_of_patience():
         epoch, done_in_epoch = divmod(progress.step, per_epoch)
         if bar is None:
             title = f"Epoch {epoch + 1}/{math.ceil(total_steps / per_epoch)}"
@@ -240,12 +243,11 @@ def fit(
                 if value > progress.best:
                     progress.best, progress.best_step, progress.without_gain = value, progress.step, 0
                     save("best")
-            if settings.patience and progress.without_gain >= settings.patience:
-                tqdm.write(f"No gain in {settings.patience} validations: stopping at step {progress.step}")
-                total_steps = progress.step
         if saving:
             save_last()
 
+    if out_of_patience():
+        tqdm.write(f"no gain in {settings.patience} validations: stopped at step {progress.step}")
     if val_loader is None:
         with average.applied() if average else nullcontext():
             save("best")
