@@ -25,6 +25,7 @@ from prune_tell.data.records import Dataset, OnError, Problems, Record, Split, d
 from prune_tell.data.tokenizer import Tokenizer
 from prune_tell.data.transforms import Preprocessing, build_transform
 from prune_tell.errors import UserError
+from prune_tell.evaluation.captioning import Generation
 from prune_tell.models.backbone import Backbone, build_backbone
 from prune_tell.models.captioner import Captioner, Projection
 from prune_tell.models.decoder import Decoder
@@ -138,9 +139,9 @@ def build_captioner(cfg: DictConfig, *, vocab_size: int, max_length: int, fetch:
     prune_options = arguments(method, prune, key="pruning", given=("width",))
     decoder_node = plain(cfg.decoder)
     grid_kind = decoder_node.pop("grid_positions")
+    token_dropout = convert(float, decoder_node.pop("token_dropout"), "decoder.token_dropout")
     decoder_options = arguments(Decoder, decoder_node, key="decoder", given=("vocab_size", "max_length"))
-    if not 0.0 <= decoder_options.get("dropout", 0.0) < 1.0:
-        raise UserError(f"decoder.dropout={decoder_options['dropout']} is out of range: 0 up to, not including, 1")
+    check_decoder(decoder_options, grid_kind)
     # The decoder comes first: a wrong size ends here, before weights are fetched.
     decoder = Decoder(vocab_size=vocab_size, max_length=max_length, **decoder_options)
     method(width=8, **prune_options)  # likewise a wrong budget
@@ -154,7 +155,22 @@ def build_captioner(cfg: DictConfig, *, vocab_size: int, max_length: int, fetch:
         ),
         grid_positions=GridPositions(d_model=decoder.d_model, **positions),
         decoder=decoder,
+        token_dropout=token_dropout,
     )
+
+
+def check_decoder(options: dict[str, Any], grid_kind: str) -> None:
+    """Refuse impossible sizes and rates (that heads divide d_model is checked by the attention)."""
+    for name in ("d_model", "layers", "heads", "ff_dim"):
+        if options.get(name, 1) < 1:
+            raise UserError(f"decoder.{name}={options[name]} is out of range: 1 or more")
+    for name in ("dropout", "attention_dropout"):
+        if not 0.0 <= (options.get(name) or 0.0) < 1.0:
+            raise UserError(f"decoder.{name}={options[name]} is out of range: 0 up to, not including, 1")
+    # Positions are pairs of sine and cosine; those on the grid need a pair for the row and one for the column.
+    pairs = 4 if grid_kind != "none" else 2 if options.get("positions") == "sinusoidal" else 1
+    if options.get("d_model", pairs) % pairs:
+        raise UserError(f"decoder.d_model={options['d_model']} is not divisible by {pairs}, as its positions need")
 
 
 PREPROCESSING_KEYS = ("mean", "std", "interpolation", "fit", "crop_ratio")
@@ -270,6 +286,12 @@ def make_items(
         seed=seed,
         cache=cache,
     )
+
+
+def merged_generation(run: "LoadedRun", changes: dict[str, Any]) -> Generation:
+    """How the run writes captions, with those changes that aren't null."""
+    changed = {key: value for key, value in changes.items() if value is not None}
+    return Generation(**arguments(Generation, plain(run.cfg.generation) | changed, key="generation"))
 
 
 @dataclass

@@ -2,16 +2,18 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from pydantic import PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from prune_tell.build import LoadedRun, load_run, pick_device
+from prune_tell.build import LoadedRun, load_run, merged_generation, pick_device
 from prune_tell.config import convert, plain, run_verb
 from prune_tell.data.photos import open_photo
 from prune_tell.data.transforms import build_transform
@@ -19,7 +21,9 @@ from prune_tell.decoding.generate import generate
 from prune_tell.errors import UserError
 from prune_tell.evaluation.captioning import Generation
 from prune_tell.pictures.attention import draw_attention
+from prune_tell.training.checkpoint import Which
 from prune_tell.training.loop import autocast_for
+from prune_tell.training.settings import Precision
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -55,21 +59,23 @@ def caption(cfg: DictConfig) -> list[dict[str, str]]:
     if cfg.checkpoint is None or cfg.images is None:
         key = "checkpoint" if cfg.checkpoint is None else "images"
         raise UserError(f"{key} is not set: caption needs checkpoint=RUN images=FILE_OR_DIR")
+    batch_size = convert(PositiveInt, cfg.batch_size, "batch_size")
+    with_attention = convert(bool, cfg.attention, "attention")
     places = convert(list[str], [cfg.images] if isinstance(cfg.images, str) else plain(cfg.images), "images")
     files = find_images(places)
     device = pick_device(cfg.device)
-    run = load_run(Path(cfg.checkpoint), device=device, which=cfg.which)
-    generation = Generation(
-        **(plain(run.cfg.generation) | {k: v for k, v in plain(cfg.generation).items() if v is not None})
-    )
+    autocast = autocast_for(device, convert(Precision, cfg.precision, "precision"))
+    run = load_run(Path(cfg.checkpoint), device=device, which=convert(Which | None, cfg.which, "which"))
+    generation = merged_generation(run, plain(cfg.generation))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    pictures = picture_paths(files, out) if with_attention else {}
     rows: list[dict[str, str]] = []
     unreadable: list[str] = []
     with tqdm(total=len(files), desc="captions", unit="image", disable=len(files) == 1) as bar:
-        for start in range(0, len(files), cfg.batch_size):
-            batch = files[start : start + cfg.batch_size]
-            rows += caption_batch(run, batch, generation, cfg, device, out, unreadable)
+        for start in range(0, len(files), batch_size):
+            batch = files[start : start + batch_size]
+            rows += caption_batch(run, batch, generation, pictures, device, autocast, unreadable)
             bar.update(len(batch))
     (out / "captions.json").write_text(json.dumps(rows, indent=0, ensure_ascii=False), encoding="utf-8")
     for reason in unreadable:
@@ -79,16 +85,25 @@ def caption(cfg: DictConfig) -> list[dict[str, str]]:
     return rows
 
 
+def picture_paths(files: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Name an attention picture for each file; files of the same name in different folders get a number."""
+    paths: dict[Path, Path] = {}
+    for file in files:
+        names = (f"{file.stem}{number}_attention.png" for number in ("", *(f"_{n}" for n in range(2, len(files) + 2))))
+        paths[file] = next(out / name for name in names if out / name not in paths.values())
+    return paths
+
+
 def caption_batch(
     run: LoadedRun,
     files: Sequence[Path],
     generation: Generation,
-    cfg: DictConfig,
+    pictures: Mapping[Path, Path],
     device: torch.device,
-    out: Path,
+    autocast: Callable[[], AbstractContextManager[Any]],
     unreadable: list[str],
 ) -> list[dict[str, str]]:
-    """Caption some files, print their lines, and draw their attention if asked for."""
+    """Caption some files, print their lines, and draw the attention of those that `pictures` names."""
     transform = build_transform(run.recipe)
     readable: list[Path] = []
     images: list[Tensor] = []
@@ -100,7 +115,7 @@ def caption_batch(
             unreadable.append(str(error))
     if not images:
         return []
-    with torch.inference_mode(), autocast_for(device, cfg.precision)():
+    with torch.inference_mode(), autocast():
         images_BCHW = torch.stack(images).to(device)
         sight = run.captioner.look(images_BCHW)
         written = generate(
@@ -115,16 +130,9 @@ def caption_batch(
         text = " ".join(run.tokenizer.decode(words).split())
         print(f"{file}\t{text}", flush=True)
         rows.append({"image_id": str(file), "caption": text})
-    if cfg.attention:
-        draw_attention(
-            run.captioner,
-            images_BCHW,
-            sight,
-            written.words,
-            run.tokenizer,
-            run.recipe,
-            [out / f"{f.stem}_attention.png" for f in readable],
-        )
+    if pictures:
+        paths = [pictures[file] for file in readable]
+        draw_attention(run.captioner, images_BCHW, sight, written.words, run.tokenizer, run.recipe, paths)
     return rows
 
 

@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -43,13 +44,17 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     plain = inspect.isclass(hint) and hint.__module__ == "builtins"
     settings = None if plain else ConfigDict(arbitrary_types_allowed=True)
     adapter = TypeAdapter(hint, config=settings) if not plain else TypeAdapter(hint)
-    if isinstance(value, bool) and hint in (int, float, int | None, float | None):
-        raise UserError(f"{key}={str(value).lower()} is not valid: a number is expected")
+    shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
+    choices = {hint, *get_args(hint)}
+    if isinstance(value, bool) and choices & {int, float} and bool not in choices:  # for Python, true is 1
+        raise UserError(f"{key}={shown} is not valid: a number is expected")
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        wants = " or ".join(dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in error.errors()))
-        raise UserError(f"{key}={value} is not valid: {wants} is expected") from None
+        # "a valid integer, unable to parse ...": what is expected, without how it failed.
+        wants = [re.sub(r"^Input should be |, (unable|got) .*", "", detail["msg"]) for detail in error.errors()]
+        wants += ["null"] if type(None) in choices else []
+        raise UserError(f"{key}={shown} is not valid: {' or '.join(dict.fromkeys(wants))} is expected") from None
 
 
 def arguments(
@@ -76,7 +81,8 @@ def arguments(
             raise UserError(
                 f"{prefix}{name} is an unknown key (allowed: {', '.join(names)}){nearest(str(name), names)}"
             )
-    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and node.get(n) is None]
+    needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    missing = [n for n in needed if node.get(n) in (None, "???")]
     if missing:
         raise UserError(f"{prefix}{missing[0]} is not set: give it as {prefix}{missing[0]}=...")
     return {name: convert(hints[name], value, f"{prefix}{name}") for name, value in node.items()}
@@ -87,14 +93,19 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def sentence(error: Exception) -> str:
-    """Turn an exception of Hydra or OmegaConf into one sentence."""
+def sentence(error: Exception, config_name: str = "train") -> str:
+    """Turn an exception of Hydra or OmegaConf into one sentence.
+
+    Args:
+        error: what composing a config raised.
+        config_name: the verb, whose keys are suggested.
+    """
     text = str(error)
     if error.__cause__ is not None and isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}\n{error.__cause__}"
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
-        return f"{unknown[1]} is an unknown key{nearest(unknown[1], known_keys())} (all keys: add --cfg job)"
+        return f"{unknown[1]} is an unknown key{nearest(unknown[1], known_keys(config_name))} (all keys: add --cfg job)"
     option = re.search(r"Could not find '([\w/]+)/([^'/]+)'.*?Available options in '[^']+':\s*(.*)", text, re.S)
     if option:
         names = re.findall(r"\S+", option[3].split("\nConfig search")[0])
@@ -103,7 +114,7 @@ def sentence(error: Exception) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
 
 
-def known_keys(config_name: str = "train") -> list[str]:
+def known_keys(config_name: str) -> list[str]:
     """All dotted keys of the composed default config, for near-miss suggestions."""
     keys: list[str] = []
 
@@ -126,21 +137,31 @@ def compose(config_name: str = "train", overrides: list[str] | None = None) -> D
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra.compose(config_name, overrides=overrides or [])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(sentence(error)) from error
+        raise UserError(sentence(error, config_name)) from error
 
 
 def run_verb(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run a verb: parse the command line with Hydra, call `task`, and tell a user's mistake without a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting: we do the telling
     logging.captureWarnings(True)
+
+    def told(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.RUN:  # here, because Hydra would add a line of its own
+                sys.exit(f"prune_tell: {error}")
+            print(f"prune_tell: {error}", file=sys.stderr)  # at once; the other jobs of a multirun go on
+            raise
+
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(told)()
     except UserError as error:
         sys.exit(f"prune_tell: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, UserError):
             sys.exit(f"prune_tell: {error.__cause__}")
-        sys.exit(f"prune_tell: {sentence(error)}")
+        sys.exit(f"prune_tell: {sentence(error, config_name)}")
     except KeyboardInterrupt:
         sys.exit("prune_tell: interrupted")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from prune_tell.build import (
@@ -17,6 +18,7 @@ from prune_tell.build import (
     data_settings,
     load_run,
     make_items,
+    merged_generation,
     pick_device,
     split_records,
 )
@@ -24,11 +26,13 @@ from prune_tell.config import convert, plain, run_verb
 from prune_tell.data.loader import eval_loader
 from prune_tell.data.records import SPLITS
 from prune_tell.errors import UserError
-from prune_tell.evaluation.captioning import Generation, caption_split
+from prune_tell.evaluation.captioning import caption_split
 from prune_tell.evaluation.files import read_predictions, read_references
 from prune_tell.evaluation.scorers import METRICS, CaptionScorer, Scores
 from prune_tell.train import write_captions
+from prune_tell.training.checkpoint import Which
 from prune_tell.training.loop import autocast_for
+from prune_tell.training.settings import Precision
 
 
 def evaluate(cfg: DictConfig) -> Scores:
@@ -71,22 +75,22 @@ def evaluate_checkpoint(cfg: DictConfig, out: Path, metrics: list[str]) -> Score
     if cfg.split not in SPLITS:
         raise UserError(f"split={cfg.split} is unknown (one of: {', '.join(SPLITS)})")
     device = pick_device(cfg.device)
-    run = load_run(Path(cfg.checkpoint), device=device, which=cfg.which)
+    autocast = autocast_for(device, convert(Precision, cfg.precision, "precision"))
+    max_images = convert(PositiveInt | None, cfg.max_images, "max_images")
+    batch_size = convert(PositiveInt, cfg.batch_size, "batch_size")
+    run = load_run(Path(cfg.checkpoint), device=device, which=convert(Which | None, cfg.which, "which"))
     if cfg.data:
         run.cfg = OmegaConf.merge(run.cfg, {"data": cfg.data})  # type: ignore[assignment]
-    generation = Generation(
-        **(plain(run.cfg.generation) | {k: v for k, v in plain(cfg.generation).items() if v is not None})
-    )
+    generation = merged_generation(run, plain(cfg.generation))
     dataset, problems = build_dataset(run.cfg)
-    records = split_records(dataset, cfg.split)[: cfg.max_images]
+    records = split_records(dataset, cfg.split)[:max_images]
     cache = cached_features(run.captioner, run.recipe, records, dataset, run.cfg, device=device, what=cfg.split)
     settings = data_settings(run.cfg)
     items = make_items(records, dataset, run.tokenizer, run.recipe, settings, seed=0, training=False, cache=cache)
     batches = tqdm(
-        eval_loader(items, batch_size=cfg.batch_size, num_workers=settings.num_workers),
+        eval_loader(items, batch_size=batch_size, num_workers=settings.num_workers),
         desc=f"captioning {cfg.split}",
     )
-    autocast = autocast_for(device, cfg.precision)
     result = caption_split(run.captioner, batches, run.tokenizer, generation, device=device, autocast=autocast)
     for failure in result.failures:
         problems.add("unreadable image", str(failure.image_id), failure.reason)

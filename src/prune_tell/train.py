@@ -1,8 +1,10 @@
 """`python -m prune_tell.train backbone=vit prune_ratio=0.3`: train a captioner, score it, draw its curves."""
 
 import json
+import math
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from prune_tell.build import (
 )
 from prune_tell.config import arguments, convert, plain, run_dir, run_verb
 from prune_tell.data.loader import CaptionItems, eval_loader
+from prune_tell.data.records import SPLITS, Dataset, Record, Split
 from prune_tell.data.transforms import to_display
 from prune_tell.errors import UserError
 from prune_tell.evaluation.captioning import Generation, SplitResult, caption_split
@@ -35,6 +38,18 @@ from prune_tell.training.loop import Progress, autocast_for, fit
 from prune_tell.training.memory import peak_memory, reset_peak_memory
 from prune_tell.training.settings import TrainSettings
 from prune_tell.training.tracking import Tracker
+
+MEASURED = (
+    "token_accuracy",
+    "loss",
+    "scores",
+    "kept_tokens",
+    "total_tokens",
+    "images_per_second",
+    "captions_per_second",
+    "train_token_accuracy",
+)
+"""Keys of every summary; null where there was nothing to measure on."""
 
 
 def train(cfg: DictConfig, out: Path | None = None) -> float:
@@ -55,6 +70,8 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
     data, device = data_settings(cfg), pick_device(cfg.device)
     seed, backbone_lr = convert(int, cfg.seed, "seed"), convert(float | None, cfg.backbone.lr, "backbone.lr")
     autocast = autocast_for(device, settings.precision)
+    convert(float, cfg.prune_ratio, "prune_ratio")
+    convert(Split, cfg.final_split, "final_split")
     out = out or Path(cfg.run_dir)
     resume = wants_resume(cfg, out)
     torch.manual_seed(seed)
@@ -64,6 +81,10 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
     # The data, the words, the model.
     dataset, problems = build_dataset(cfg)
     train_records, val_records = training_records(dataset, data), dataset.records("val")
+    final_records = final_split_records(cfg, dataset)
+    for what, count in (("val", len(val_records[: settings.validate_images])), (cfg.final_split, len(final_records))):
+        if count == 1:
+            raise UserError(f"the {what} split has 1 image to score, but scores need 2 or more (or none at all)")
     tokenizer = train_tokenizer(train_records, data)
     captioner = build_captioner(cfg, vocab_size=len(tokenizer), max_length=data.max_length).to(device)
     recipe = preprocessing_for(captioner.backbone, plain(cfg.backbone))
@@ -118,8 +139,7 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
         batches = tqdm(eval_loader(split_items, batch_size=64, num_workers=data.num_workers), desc=title, unit="batch")
         return caption_split(captioner, batches, tokenizer, how, device=device, autocast=autocast)
 
-    summary: dict[str, Any] = {"split": cfg.final_split, "train_token_accuracy": None}
-    final_records = dataset.records(cfg.final_split)
+    summary: dict[str, Any] = {"split": cfg.final_split} | dict.fromkeys(MEASURED)
     if final_records:
         what = str(cfg.final_split)
         final_items = val_items if what == "val" and not settings.validate_images else items(final_records, False, what)
@@ -152,6 +172,15 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
     draw_curves(out)
     tqdm.write(report(summary, out))
     return progress.best
+
+
+def final_split_records(cfg: DictConfig, dataset: Dataset) -> Sequence[Record]:
+    """The split that the summary scores; only an absent val split is fine, because it was not asked for."""
+    records = dataset.records(cfg.final_split)
+    if not records and cfg.final_split != "val":
+        full = ", ".join(split for split in SPLITS if dataset.records(split))
+        raise UserError(f"final_split={cfg.final_split} has no images in this data set (with images: {full})")
+    return records
 
 
 def wants_resume(cfg: DictConfig, out: Path) -> bool:
@@ -213,7 +242,7 @@ def closing(
 ) -> dict[str, Any]:
     """The part of the summary that is about the run, not its quality."""
     return {
-        "best": progress.best,
+        "best": progress.best if math.isfinite(progress.best) else None,  # JSON has no -Infinity
         "best_step": progress.best_step,
         "steps": progress.step,
         "tracked": cfg.trainer.track,
@@ -238,9 +267,9 @@ def device_name(device: torch.device) -> str:
 
 def report(summary: dict[str, Any], out: Path) -> str:
     """The last words of a run."""
-    scores = {name: value for name, value in summary.get("scores", {}).items() if value is not None}
+    scores = {name: value for name, value in (summary["scores"] or {}).items() if value is not None}
     told = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
-    kept = f"{summary.get('kept_tokens', 0):.0f} of {summary.get('total_tokens', 0):.0f} tokens kept"
+    kept = f"{summary['kept_tokens'] or 0:.0f} of {summary['total_tokens'] or 0:.0f} tokens kept"
     return (
         f"{summary['split']} (x100): {told}; {kept}\n{out}: captions.json, summary.json, curves.png, checkpoints/best"
     )

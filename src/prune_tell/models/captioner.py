@@ -15,6 +15,7 @@ from prune_tell.models.decoder import Decoder, Memory
 from prune_tell.models.dropout import Dropout
 from prune_tell.models.positions import GridPositions
 from prune_tell.pruning.reduction import Reduction, mean_by_assignment
+from prune_tell.pruning.token_dropout import TokenDropout
 
 
 class Sight(NamedTuple):
@@ -67,6 +68,7 @@ class Captioner(nn.Module):
         projection: visual width to decoder width.
         grid_positions: where a token stands in the picture.
         decoder: writes the words.
+        token_dropout: share of the kept tokens that a training step hides at random.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Captioner(nn.Module):
         projection: Projection,
         grid_positions: GridPositions,
         decoder: Decoder,
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -84,6 +87,7 @@ class Captioner(nn.Module):
         self.projection = projection
         self.grid_positions = grid_positions
         self.decoder = decoder
+        self.token_dropout = TokenDropout(token_dropout)
 
     def encode(self, images: Tensor) -> Features:
         """Run the backbone; without a graph when it is frozen."""
@@ -100,6 +104,7 @@ class Captioner(nn.Module):
         if place_ND is not None:
             B, K, _ = kept_BKD.shape
             kept_BKD = kept_BKD + mean_by_assignment(place_ND.expand(B, -1, -1), reduction.assignment_BN, K)
+        kept_BKD = self.token_dropout(kept_BKD)
         prefix = features.prefix_BPD.shape[1]
         tokens_BKD = torch.cat([self.projection(features.prefix_BPD), kept_BKD], dim=1) if prefix else kept_BKD
         return Sight(self.decoder.remember(tokens_BKD), reduction, prefix, features.grid)

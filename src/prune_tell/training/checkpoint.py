@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from prune_tell.errors import UserError
 
 BACKBONE = "backbone."
+Which = Literal["best", "last"]
 
 
 def unique_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -124,6 +126,13 @@ def load_checkpoint(folder: Path, model: nn.Module) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Load what `resume` needs; plain tensors and numbers only, code can't hide in it."""
-    state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    """Load what `resume` needs; plain tensors and numbers only, code can't hide in it.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{folder / 'state.pt'} can't be loaded: {' '.join(str(error).split())[:300]}") from error
     return state

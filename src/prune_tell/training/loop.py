@@ -57,15 +57,26 @@ def autocast_for(device: torch.device, precision: Precision) -> Callable[[], Abs
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
-def usable(stream: Iterator[Batch | list[Failure]], problems: Problems, progress: Progress) -> Iterator[Batch]:
-    """Report unreadable items and pass the batches on; a batch with nothing readable is passed over."""
+def usable(
+    stream: Iterator[Batch | list[Failure]], problems: Problems, progress: Progress, per_epoch: int
+) -> Iterator[Batch]:
+    """Report unreadable items and pass the batches on; a batch with nothing readable is passed over.
+
+    Raises:
+        UserError: if that goes on for an epoch, because the stream would never end.
+    """
+    in_a_row = 0
     for batch in stream:
         for failure in batch if isinstance(batch, list) else batch.failures:
             problems.add("unreadable image", str(failure.image_id), failure.reason)
         if isinstance(batch, Batch):
+            in_a_row = 0
             yield batch
-        else:
-            progress.passed_over += 1
+            continue
+        progress.passed_over += 1
+        in_a_row += 1
+        if in_a_row == per_epoch:
+            raise UserError(f"data: no training image can be read (e.g. {batch[0].image_id}: {batch[0].reason})")
 
 
 def fit(
@@ -146,7 +157,7 @@ def fit(
         meta = {
             "step": progress.step,
             "epoch": progress.step / per_epoch,
-            "best": progress.best,
+            "best": progress.best if math.isfinite(progress.best) else None,  # JSON has no -Infinity
             "seed": seed,
         }
         folder = out / "checkpoints" / name
@@ -167,7 +178,7 @@ def fit(
         return settings.patience is not None and progress.without_gain >= settings.patience
 
     captioner.train()
-    stream = usable(iter(loader), problems, progress)
+    stream = usable(iter(loader), problems, progress, per_epoch)
     untold = torch.zeros(3, device=device)  # loss, correct words and words that nobody has looked at yet
     bar: Any = None
     while progress.step < total_steps and not out_of_patience():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prune_tell.models.positions import WordPositions
 from prune_tell.training.settings import TrainSettings
 
 
@@ -17,7 +18,11 @@ def build_optimizer(
     Decay pulls matrices towards zero. Biases, norms (one-dimensional) and embeddings (a rare word's row would only
     decay) are left alone. Each group carries its peak rate as `peak_lr`.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | WordPositions) for p in m.parameters()}
+    for module in model.modules():  # a timm model names its own: position embeddings, CLS token
+        if hasattr(module, "no_weight_decay"):
+            named = dict(module.named_parameters())
+            embeddings |= {id(named[name]) for name in module.no_weight_decay() if name in named}  # type: ignore[operator]
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

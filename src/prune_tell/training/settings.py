@@ -1,5 +1,6 @@
 """The knobs of training, in one place; `configs/trainer/*.yaml` sets them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,10 +88,15 @@ class TrainSettings:
             ("final_lr", 0.0, 1.0),
             ("label_smoothing", 0.0, 0.999),
             ("ema", 0.0, 0.99999),
+            ("clip", 0.0, math.inf),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"trainer.{name}={value} is out of range: {low} to {high}")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(
+                f"trainer.betas={list(self.betas)} is out of range: two numbers from 0 up to, not including, 1"
+            )
         metric = self.track.split("_")[0] if self.track.startswith("Bleu") else self.track
         if metric != "loss" and metric not in self.validate_metrics:
             raise UserError(

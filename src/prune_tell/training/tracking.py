@@ -23,7 +23,10 @@ class Tracker:
         before = read_metrics(self.path) if resume_step is not None else []
         kept = [line for line in before if line["step"] <= (resume_step or 0)]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+        # TensorBoard forgets the events of an interrupted run from this step on; those of `resume_step` itself stay.
+        self.board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
+        )
 
     def log(self, kind: str, step: int, epoch: float, values: dict[str, Any]) -> None:
         """Append one line `{kind, step, epoch, time, **values}`; numbers also go to TensorBoard as `kind/name`."""
