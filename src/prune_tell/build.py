@@ -2,14 +2,14 @@
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # Importing a module registers its parts.
@@ -26,11 +26,12 @@ from prune_tell.data.tokenizer import Tokenizer
 from prune_tell.data.transforms import Preprocessing, build_transform
 from prune_tell.errors import UserError
 from prune_tell.evaluation.captioning import Generation
-from prune_tell.models.backbone import Backbone, build_backbone
+from prune_tell.models.backbone import Backbone, build_backbone, check_backbone
 from prune_tell.models.captioner import Captioner, Projection
 from prune_tell.models.decoder import Decoder
 from prune_tell.models.positions import GridPositions
 from prune_tell.pruning.reduction import reducers
+from prune_tell.pruning.token_dropout import TokenDropout
 from prune_tell.training.checkpoint import find_checkpoint, load_checkpoint
 from prune_tell.training.loop import autocast_for
 
@@ -121,6 +122,43 @@ def train_tokenizer(records: Sequence[Record], settings: DataSettings) -> Tokeni
     )
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model part of a config, checked: keyword arguments for each builder."""
+
+    backbone: dict[str, Any]
+    method: Callable[..., nn.Module]
+    pruning: dict[str, Any]
+    decoder: dict[str, Any]
+    grid_positions: dict[str, Any]
+    token_dropout: float
+
+
+def model_options(cfg: DictConfig) -> ModelOptions:
+    """Check everything about the model that can be checked without data or weights, so that a mistake ends at once.
+
+    Raises:
+        UserError: for the first impossible value.
+    """
+    node, extra = plain(cfg.backbone), ("label", "lr", *PREPROCESSING_KEYS)
+    backbone = arguments(build_backbone, {k: v for k, v in node.items() if k not in extra}, key="backbone")
+    check_backbone(backbone["name"], backbone.get("weights"))
+    prune = plain(cfg.pruning)
+    method = reducers[prune.pop("method")]
+    pruning = arguments(method, prune, key="pruning", given=("width",))
+    decoder_node = plain(cfg.decoder)
+    grid_kind, hidden = decoder_node.pop("grid_positions"), decoder_node.pop("token_dropout")
+    decoder = arguments(Decoder, decoder_node, key="decoder", given=("vocab_size", "max_length"))
+    grid = arguments(GridPositions, {"kind": grid_kind}, key="decoder.grid_positions", given=("d_model",))
+    check_decoder(decoder)
+    token_dropout = convert(float, hidden, "decoder.token_dropout")
+    with torch.device("meta"):  # built without memory or random numbers, for the checks in the parts themselves
+        method(width=8, **pruning)
+        GridPositions(d_model=Decoder(vocab_size=8, max_length=8, **decoder).d_model, **grid)
+        TokenDropout(token_dropout)
+    return ModelOptions(backbone, method, pruning, decoder, grid, token_dropout)
+
+
 def build_captioner(cfg: DictConfig, *, vocab_size: int, max_length: int, fetch: bool = True) -> Captioner:
     """Build backbone, reducer, projection and decoder from their config nodes.
 
@@ -130,50 +168,34 @@ def build_captioner(cfg: DictConfig, *, vocab_size: int, max_length: int, fetch:
         max_length: most positions of a caption.
         fetch: False leaves out downloads and weight files, for models whose weights come from a checkpoint.
     """
-    node, extra = plain(cfg.backbone), ("label", "lr", *PREPROCESSING_KEYS)
-    options = arguments(build_backbone, {k: v for k, v in node.items() if k not in extra}, key="backbone")
-    if not fetch:
-        options |= {"pretrained": False, "weights": None}
-    prune = plain(cfg.pruning)
-    method = reducers[prune.pop("method")]
-    prune_options = arguments(method, prune, key="pruning", given=("width",))
-    decoder_node = plain(cfg.decoder)
-    grid_kind = decoder_node.pop("grid_positions")
-    token_dropout = convert(float, decoder_node.pop("token_dropout"), "decoder.token_dropout")
-    decoder_options = arguments(Decoder, decoder_node, key="decoder", given=("vocab_size", "max_length"))
-    check_decoder(decoder_options, grid_kind)
-    # The decoder comes first: a wrong size ends here, before weights are fetched.
-    decoder = Decoder(vocab_size=vocab_size, max_length=max_length, **decoder_options)
-    method(width=8, **prune_options)  # likewise a wrong budget
-    backbone = build_backbone(cls_attention=prune_options.get("score") == "cls_attention", **options)
-    positions = arguments(GridPositions, {"kind": grid_kind}, key="decoder.grid_positions", given=("d_model",))
+    options = model_options(cfg if fetch else OmegaConf.merge(cfg, {"backbone": NO_WEIGHTS}))  # type: ignore[arg-type]
+    decoder = Decoder(vocab_size=vocab_size, max_length=max_length, **options.decoder)
+    cls_attention = options.pruning.get("score") == "cls_attention"
+    backbone = build_backbone(cls_attention=cls_attention, **options.backbone)
     return Captioner(
         backbone=backbone,
-        reducer=method(width=backbone.width, **prune_options),
+        reducer=options.method(width=backbone.width, **options.pruning),
         projection=Projection(
-            width=backbone.width, d_model=decoder.d_model, dropout=decoder_options.get("dropout", 0.0)
+            width=backbone.width, d_model=decoder.d_model, dropout=options.decoder.get("dropout", 0.0)
         ),
-        grid_positions=GridPositions(d_model=decoder.d_model, **positions),
+        grid_positions=GridPositions(d_model=decoder.d_model, **options.grid_positions),
         decoder=decoder,
-        token_dropout=token_dropout,
+        token_dropout=options.token_dropout,
     )
 
 
-def check_decoder(options: dict[str, Any], grid_kind: str) -> None:
-    """Refuse impossible sizes and rates (that heads divide d_model is checked by the attention)."""
+def check_decoder(options: dict[str, Any]) -> None:
+    """Refuse impossible sizes and rates (what heads and positions need of d_model is checked by them)."""
     for name in ("d_model", "layers", "heads", "ff_dim"):
         if options.get(name, 1) < 1:
             raise UserError(f"decoder.{name}={options[name]} is out of range: 1 or more")
     for name in ("dropout", "attention_dropout"):
         if not 0.0 <= (options.get(name) or 0.0) < 1.0:
             raise UserError(f"decoder.{name}={options[name]} is out of range: 0 up to, not including, 1")
-    # Positions are pairs of sine and cosine; those on the grid need a pair for the row and one for the column.
-    pairs = 4 if grid_kind != "none" else 2 if options.get("positions") == "sinusoidal" else 1
-    if options.get("d_model", pairs) % pairs:
-        raise UserError(f"decoder.d_model={options['d_model']} is not divisible by {pairs}, as its positions need")
 
 
 PREPROCESSING_KEYS = ("mean", "std", "interpolation", "fit", "crop_ratio")
+NO_WEIGHTS = {"pretrained": False, "weights": None}
 
 
 def preprocessing_for(backbone: Backbone, node: dict[str, Any]) -> Preprocessing:

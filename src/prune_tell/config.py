@@ -15,11 +15,12 @@ from typing import Any, get_args, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from prune_tell.errors import UserError
 from prune_tell.registry import nearest
@@ -51,10 +52,17 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        # "a valid integer, unable to parse ...": what is expected, without how it failed.
-        wants = [re.sub(r"^Input should be |, (unable|got) .*", "", detail["msg"]) for detail in error.errors()]
-        wants += ["null"] if type(None) in choices else []
+        wants = [expected(detail) for detail in error.errors()] + (["null"] if type(None) in choices else [])
         raise UserError(f"{key}={shown} is not valid: {' or '.join(dict.fromkeys(wants))} is expected") from None
+
+
+def expected(detail: ErrorDetails) -> str:
+    """What pydantic expected, without how it failed ("a valid integer, unable to parse ...")."""
+    if detail["type"] == "missing":
+        return "one more item"
+    if detail["type"] == "too_long":
+        return f"at most {detail['ctx']['max_length']} items"
+    return re.sub(r"^Input should be |, (unable|got) .*", "", detail["msg"])
 
 
 def arguments(
@@ -101,6 +109,8 @@ def sentence(error: Exception, config_name: str = "train") -> str:
         config_name: the verb, whose keys are suggested.
     """
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} can't be read: {' '.join(text.split())}"
     if error.__cause__ is not None and isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}\n{error.__cause__}"
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)

@@ -19,6 +19,7 @@ from prune_tell.build import (
     cached_features,
     data_settings,
     make_items,
+    model_options,
     pick_device,
     preprocessing_for,
     train_tokenizer,
@@ -72,6 +73,7 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
     autocast = autocast_for(device, settings.precision)
     convert(float, cfg.prune_ratio, "prune_ratio")
     convert(Split, cfg.final_split, "final_split")
+    model_options(cfg)
     out = out or Path(cfg.run_dir)
     resume = wants_resume(cfg, out)
     torch.manual_seed(seed)

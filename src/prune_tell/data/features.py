@@ -95,6 +95,7 @@ class FeatureCache:
     MISSING, THERE, UNREADABLE = 0, 1, 2
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         meta = json.loads((folder / "meta.json").read_text())
         self.grid = (int(meta["grid"][0]), int(meta["grid"][1]))
         self.prefix = int(meta["prefix"])
@@ -102,6 +103,10 @@ class FeatureCache:
         self.state_R = np.load(folder / "state.npy", mmap_mode="r+")
         attention = folder / "attention.npy"
         self.attention_RN = np.load(attention, mmap_mode="r+") if attention.exists() else None
+
+    def __reduce__(self) -> tuple[type["FeatureCache"], tuple[Path]]:
+        """Worker processes open the files themselves; pickled, the memory maps would be copied whole."""
+        return FeatureCache, (self.folder,)
 
     @classmethod
     def create(cls, folder: Path, rows: int, example: Features) -> "FeatureCache":
@@ -174,13 +179,15 @@ def fill_cache(
     cache = FeatureCache(folder) if (folder / "meta.json").exists() else None
     missing = range(len(records)) if cache is None else np.flatnonzero(cache.state_R == FeatureCache.MISSING).tolist()
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    unreadable: list[int] = []
     for number, batch in enumerate(progress(batches)):
         readable, features = encode(batch)
         if features is not None:
             cache = cache or FeatureCache.create(folder, len(records), features)
             cache.write(readable, features)
+        unreadable += [row for row in batch if row not in readable]
         if cache is not None:
-            cache.state_R[[row for row in batch if row not in readable]] = FeatureCache.UNREADABLE
+            cache.state_R[unreadable] = FeatureCache.UNREADABLE
             if number % 20 == 19:
                 cache.flush()
     if cache is None:

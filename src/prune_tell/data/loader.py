@@ -58,6 +58,12 @@ class Batch:
         )
         return Batch(self.records, visual, self.captions.to(device), self.failures)
 
+    def pin_memory(self) -> "Batch":
+        """Page-lock the tensors (the loader calls this), so that copies to a GPU overlap with its work."""
+        visual: Any = self.visual
+        pinned = Features(*map(_pinned, visual)) if isinstance(visual, Features) else visual.pin_memory()
+        return Batch(self.records, pinned, PackedCaptions(*map(_pinned, self.captions)), self.failures)
+
     def split(self, parts: int) -> list["Batch"]:
         """Cut into micro-batches of consecutive images (fewer than `parts` where there are too few images)."""
         size = -(-len(self.records) // parts)
@@ -66,6 +72,10 @@ class Batch:
 
     def _visual(self, rows: slice) -> Tensor | Features:
         return self.visual.rows(rows) if isinstance(self.visual, Features) else self.visual[rows]
+
+
+def _pinned(value: Any) -> Any:
+    return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 class CaptionItems(TorchDataset[Item | Failure]):

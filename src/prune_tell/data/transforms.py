@@ -57,9 +57,9 @@ def build_transform(recipe: Preprocessing, *, augment: bool = False) -> Callable
     Returns:
         A function from an RGB image to a float32 tensor `(3, rows, columns)`.
     """
-    mode = getattr(v2.InterpolationMode, recipe.interpolation.upper(), None)
-    if mode is None:
+    if recipe.interpolation not in ("bilinear", "bicubic", "nearest"):
         raise UserError(f"backbone.interpolation={recipe.interpolation} is unknown (bilinear, bicubic or nearest)")
+    mode = v2.InterpolationMode(recipe.interpolation)
     rows, columns = recipe.image_size
     steps: list[Any]
     if augment:

@@ -30,8 +30,9 @@ class Generated(NamedTuple):
 
 def next_log_probs(logits_BWV: Tensor) -> Tensor:
     """Log-probabilities of the next word, the bookkeeping tokens ruled out."""
-    logits_BWV = logits_BWV.float()
-    logits_BWV[..., list(NEVER)] = -torch.inf
+    logits_BWV = logits_BWV.to(torch.float32, copy=True)
+    for word in NEVER:  # one by one: a list of indices would have to be copied to the GPU at every step
+        logits_BWV[..., word] = -torch.inf
     return logits_BWV.log_softmax(dim=-1)
 
 

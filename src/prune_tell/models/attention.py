@@ -75,7 +75,7 @@ class Attention(nn.Module):
             if mask is not None:
                 boolean = mask.dtype == torch.bool
                 scores_BHQS = scores_BHQS.masked_fill(~mask, -torch.inf) if boolean else scores_BHQS + mask
-            weights_BHQS = scores_BHQS.softmax(dim=-1)
+            weights_BHQS = scores_BHQS.softmax(dim=-1, dtype=torch.float32)  # the CPU's autocast would take bfloat16
             y_BHQE = self.dropout(weights_BHQS).to(v_BHSE.dtype) @ v_BHSE
         else:
             dropout = self.dropout.p if self.training else 0.0

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.models import group_parameters, load_state_dict
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from prune_tell.data.features import Features
@@ -52,17 +53,19 @@ class Backbone(nn.Module):
         blocks = getattr(self.model, "blocks", None)
         attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential) else None
         has_cls = getattr(self.model, "cls_token", None) is not None
-        if not has_cls or not isinstance(getattr(attention, "qkv", None), nn.Module):
+        # Nothing but the plain attention: others rotate, bias or combine what the projection gives.
+        if not has_cls or attention is None or type(attention) is not Attention:
             raise UserError(
                 f"pruning.score=cls_attention needs a backbone with a CLS token and self-attention (a ViT), which "
                 f"{type(self.model).__name__} is not; use pruning.score=norm or learned"
             )
-
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._qkv = output
-
         self._last_attention: list[Any] = [attention]  # in a list: not a second owner of the parameters
-        attention.qkv.register_forward_hook(keep)  # type: ignore[union-attr]
+        # A bound method, so that a deep copy of the backbone keeps in itself what its own block computes.
+        attention.qkv.register_forward_hook(self._keep_qkv)
+
+    def _keep_qkv(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        # Detached: nothing learns through it, and what checkpointing computes again must not hold a graph.
+        self._qkv = output.detach()
 
     def _attention_of_cls(self) -> Tensor:
         """Softmax of the CLS query against all keys, mean over heads, grid part: `(B, N)`."""
@@ -106,26 +109,53 @@ class Backbone(nn.Module):
         )
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Frozen backbones stay in eval mode: no dropout, and BatchNorm keeps its statistics."""
-        return super().train(mode and not self.frozen)
+        """Frozen backbones stay in eval mode: no dropout, and BatchNorm keeps its statistics; so do frozen blocks."""
+        super().train(mode and not self.frozen)
+        for module in self.modules():
+            if getattr(module, "track_running_stats", False):
+                own = list(module.parameters(recurse=False))
+                module.training &= not own or any(parameter.requires_grad for parameter in own)
+        return self
+
+    def extra_repr(self) -> str:
+        """What the wrapped model does not tell; a feature cache's key depends on it."""
+        return f"image_size={self.image_size}, cls_attention={self.cls_attention}"
 
     def freeze(self, trainable: Literal["frozen", "full"] | int) -> None:
-        """Choose what trains: nothing, everything, or the last `trainable` blocks (as timm groups them)."""
-        if trainable == "full":
-            return
+        """Choose what trains: nothing, everything, or the last `trainable` blocks (as timm groups them).
+
+        What the tokens don't depend on (a classifier's norm) trains in no case, and is no block.
+        """
         if trainable == "frozen":
             self.frozen = True
             self.requires_grad_(False)
             self.eval()
             return
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=False))  # type: ignore[operator]
-        order = sorted(groups)
-        if not 0 < trainable <= len(order):
-            raise UserError(f"backbone.trainable={trainable} is out of range: frozen, full, or 1..{len(order)} blocks")
-        self.requires_grad_(False)
-        last = {name for group in order[-trainable:] for name in groups[group]}
+        chosen = self._used_parameters()
+        if trainable != "full":
+            matcher = getattr(self.model, "group_matcher", None)
+            if matcher is None:
+                raise UserError(
+                    f"backbone.trainable={trainable} is not possible with {type(self.model).__name__}, whose blocks "
+                    "timm does not tell apart: use frozen or full"
+                )
+            groups = group_parameters(self.model, matcher(coarse=False))
+            blocks = [used for group in sorted(groups) if (used := chosen.intersection(groups[group]))]
+            if not 0 < trainable <= len(blocks):
+                allowed = f"frozen, full, or 1..{len(blocks)} blocks"
+                raise UserError(f"backbone.trainable={trainable} is out of range: {allowed}")
+            chosen = set().union(*blocks[-trainable:])
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in last)
+            parameter.requires_grad_(name in chosen)
+
+    def _used_parameters(self) -> set[str]:
+        """Names of the model's parameters that its tokens depend on."""
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        with torch.enable_grad():
+            features = self.eval()(torch.zeros(1, 3, *self.image_size))
+            total = features.tokens_BND.sum() + features.prefix_BPD.sum()
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
 def build_backbone(
@@ -154,43 +184,71 @@ def build_backbone(
     Raises:
         UserError: for an unknown name, wrong model arguments, missing or foreign weights, or no network.
     """
-    if not timm.is_model(name):
-        raise UserError(
-            f"backbone.name={name} is no timm model (see timm.list_models()){nearest(name, timm.list_models())}"
-        )
+    check_backbone(name, weights)
     arguments = dict(model_args or {})
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or ())
     accepts_size = name.startswith(("vit", "deit", "swin", "beit", "eva", "flexivit", "test_vit"))
     if size and accepts_size:
         arguments["img_size"] = size
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"backbone.weights={weights} is not a file (a .safetensors or .pth in timm's layout)")
-    try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
-    except (TypeError, AttributeError, AssertionError, IndexError, KeyError, ValueError) as error:
-        raise UserError(f"backbone.model_args={arguments} don't fit {name}: {error}") from error
-    except Exception as error:
-        if not pretrained:
-            raise
-        raise UserError(
-            f"backbone.pretrained=true: the weights of {name} could not be fetched ({type(error).__name__}); connect "
-            "to the network once, give a local file with backbone.weights=FILE, or train from scratch with "
-            "backbone.pretrained=false"
-        ) from error
+    model = _create(name, pretrained, arguments)
     if weights is not None:
         load_weights(model, Path(weights))
     if not size:
         size = tuple(model.pretrained_cfg["input_size"][1:])
     if gradient_checkpointing:
         model.set_grad_checkpointing(True)
-    backbone = Backbone(model, image_size=(size[0], size[1]), cls_attention=cls_attention)
+    try:
+        backbone = Backbone(model, image_size=(size[0], size[1]), cls_attention=cls_attention)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"backbone.image_size={(size[0], size[1])} does not fit {name}: {error}") from error
     backbone.freeze(trainable)
     return backbone
 
 
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
+    """Build the timm model, its failures told in a sentence."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        # An OSError is the network's, even where it is a ValueError as well (as some of the hub's are).
+        arguments_wrong = (TypeError, AttributeError, AssertionError, IndexError, KeyError, ValueError)
+        if isinstance(error, arguments_wrong) and not (pretrained and isinstance(error, OSError)):
+            raise UserError(f"backbone.model_args={arguments} don't fit {name}: {error}") from error
+        if not pretrained:
+            raise
+        if isinstance(error, RuntimeError):  # how timm and torch say that weights are missing or don't fit
+            raise UserError(
+                f"backbone.pretrained=true: {name} has no weights for backbone.model_args={arguments} ({first_line}); "
+                "leave model_args out or train from scratch with backbone.pretrained=false"
+            ) from error
+        raise UserError(
+            f"backbone.pretrained=true: the weights of {name} could not be fetched ({type(error).__name__}); connect "
+            "to the network once, give a local file with backbone.weights=FILE, or train from scratch with "
+            "backbone.pretrained=false"
+        ) from error
+
+
+def check_backbone(name: str, weights: Path | None) -> None:
+    """Refuse a model that timm does not know and a weight file that is not there.
+
+    Raises:
+        UserError: naming the nearest model.
+    """
+    if not timm.is_model(name):
+        near = nearest(name, timm.list_models())
+        raise UserError(f"backbone.name={name} is no timm model (see timm.list_models()){near}")
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"backbone.weights={weights} is not a file (a .safetensors or .pth in timm's layout)")
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a local file of timm weights; a classifier head in it is left out, anything else must fit."""
-    state = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
+    try:
+        state = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), "empty")
+        raise UserError(f"backbone.weights={path} can't be read as weights ({type(error).__name__}: {why})") from error
     own = model.state_dict()
     state = {
         key: value for key, value in state.items() if key in own or not key.startswith(("head", "fc", "classifier"))

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from prune_tell.errors import UserError
 from prune_tell.models.attention import Attention
 from prune_tell.models.dropout import Dropout
 from prune_tell.models.feedforward import FeedForward
@@ -119,6 +120,9 @@ class Decoder(nn.Module):
         positions: of words, `sinusoidal` or `learned`.
         max_length: longest caption in tokens, BOS included.
         tie_embeddings: use the word embedding as output weights, too.
+
+    Raises:
+        UserError: if a size or rate is out of range.
     """
 
     def __init__(
@@ -138,6 +142,11 @@ class Decoder(nn.Module):
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
+        if layers < 1:
+            raise UserError(f"decoder.layers={layers} is out of range: 1 or more")
+        for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            if rate is not None and not 0.0 <= rate < 1.0:
+                raise UserError(f"decoder.{name}={rate} is out of range: 0 up to, not including, 1")
         self.embedding = nn.Embedding(vocab_size, d_model)
         # Scaled to unit size on the way in (below), so that tied output logits start small.
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prune_tell.errors import UserError
+
 Positions = Literal["sinusoidal", "learned", "none"]
 
 
@@ -36,6 +38,9 @@ class WordPositions(nn.Module):
         kind: `sinusoidal` (fixed) or `learned`.
         d_model: width D.
         max_length: longest caption in tokens, BOS included.
+
+    Raises:
+        UserError: if `d_model` is odd and `kind` sinusoidal.
     """
 
     def __init__(self, *, kind: Literal["sinusoidal", "learned"], d_model: int, max_length: int) -> None:
@@ -44,6 +49,10 @@ class WordPositions(nn.Module):
         if kind == "learned":
             self.table_TD = nn.Parameter(torch.randn(max_length, d_model) * 0.02)
         else:
+            if d_model % 2:
+                raise UserError(
+                    f"decoder.d_model={d_model} is odd, but decoder.positions=sinusoidal needs an even width"
+                )
             self.register_buffer("table_TD", sinusoid(torch.arange(max_length), d_model), persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
@@ -60,11 +69,18 @@ class GridPositions(nn.Module):
 
     Args:
         kind: `sinusoidal`, `learned` or `none`.
-        d_model: width D, divisible by 4.
+        d_model: width D.
+
+    Raises:
+        UserError: if `d_model` is not divisible by 4 (unless `kind` is `none`).
     """
 
     def __init__(self, *, kind: Positions, d_model: int) -> None:
         super().__init__()
+        if kind != "none" and d_model % 4:
+            raise UserError(
+                f"decoder.d_model={d_model} is not divisible by 4, which decoder.grid_positions={kind} needs"
+            )
         self.kind = kind
         self.d_model = d_model
         self.map = nn.Linear(d_model, d_model) if kind == "learned" else nn.Identity()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prune_tell.data.packing import pack_captions
-from prune_tell.data.tokenizer import EOS, Tokenizer
+from prune_tell.data.tokenizer import Tokenizer
 from prune_tell.data.transforms import Preprocessing, to_display
 from prune_tell.models.captioner import Captioner, Sight
 from prune_tell.pruning.reduction import scatter_to_grid
@@ -29,14 +29,12 @@ def word_attention(captioner: Captioner, sight: Sight, words: Sequence[Sequence[
     Args:
         captioner: in eval mode.
         sight: the images.
-        words: their captions `[BOS, ..., EOS]`.
+        words: their captions `[BOS, ..., EOS]` (EOS missing where the length ran out).
 
     Returns:
         Maps `(B, Q, N)` (0 at dropped positions), and which positions were kept or merged, `(B, N)` bool.
     """
-    packed = pack_captions([[list(ids)] if ids[-1] == EOS else [[*ids, EOS]] for ids in words]).to(
-        sight.reduction.assignment_BN.device
-    )
+    packed = pack_captions([[list(ids)] for ids in words]).to(sight.reduction.assignment_BN.device)
     _, maps = captioner.decoder(packed.words_BQ, packed.positions_BQ, packed.mask(), sight.memory, weights=True)
     weights_LBHQK = torch.stack([m.float() for m in maps if m is not None])
     weights_BQK = weights_LBHQK.mean(dim=(0, 2))[..., sight.prefix :] / sight.reduction.size_BK.unsqueeze(1)
@@ -89,7 +87,7 @@ def draw_panels(
     down = -(-panels // across)
     figure = Figure(figsize=(2.1 * across, 2.3 * down + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
@@ -105,7 +103,7 @@ def draw_panels(
             vmax=top,
             interpolation="nearest",
         )
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name, fontsize=9, parse_math=False)
 
     axes[0].imshow(photo, extent=extent)
     axes[0].set_title("photo", fontsize=9)

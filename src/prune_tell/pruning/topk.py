@@ -12,6 +12,11 @@ from prune_tell.pruning.reduction import Reduction, gather_tokens, keep_all, kep
 from prune_tell.pruning.scores import LearnedScore, scorers
 
 
+def best_positions(scores_BN: Tensor, K: int) -> Tensor:
+    """The positions `(B, K)` of the K highest scores, in grid order: K = N is exactly the unpruned sequence."""
+    return scores_BN.detach().topk(K, dim=1).indices.sort(dim=1).values
+
+
 def topk(tokens_BND: Tensor, scores_BN: Tensor, K: int) -> Reduction:
     """Keep the K tokens with the highest scores, in grid order.
 
@@ -20,9 +25,7 @@ def topk(tokens_BND: Tensor, scores_BN: Tensor, K: int) -> Reduction:
         scores_BN: one importance per token; no gradient flows through the choice.
         K: how many stay, 1 <= K <= N.
     """
-    # In grid order, so that K = N is exactly the unpruned sequence.
-    kept_BK = scores_BN.detach().topk(K, dim=1).indices.sort(dim=1).values
-    return gather_tokens(tokens_BND, kept_BK)
+    return gather_tokens(tokens_BND, best_positions(scores_BN, K))
 
 
 @reducers.register("topk")
@@ -55,11 +58,11 @@ class TopK(nn.Module):
         if tokens_BND.shape[1] == K:
             return keep_all(tokens_BND)
         scores_BN = self.scorer(tokens_BND, attention_BN)
-        reduction = topk(tokens_BND, scores_BN, K)
+        kept_BK = best_positions(scores_BN, K)
+        reduction = gather_tokens(tokens_BND, kept_BK)
         if isinstance(self.scorer, LearnedScore):
             # The choice itself has no gradient: the kept tokens carry their score as a gate, so the head learns
             # from how useful they were. 2 * sigmoid starts near 1 and leaves the token scale alone.
-            kept_BK = scores_BN.masked_select(reduction.assignment_BN >= 0).view(-1, K)
-            gate_BK1 = 2 * torch.sigmoid(kept_BK).unsqueeze(-1)
+            gate_BK1 = 2 * torch.sigmoid(scores_BN.gather(1, kept_BK)).unsqueeze(-1)
             reduction = reduction._replace(tokens_BKD=reduction.tokens_BKD * gate_BK1)
         return reduction

@@ -134,5 +134,6 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{folder / 'state.pt'} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{folder / 'state.pt'} can't be loaded: {why}") from error
     return state

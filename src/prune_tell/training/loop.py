@@ -60,15 +60,17 @@ def autocast_for(device: torch.device, precision: Precision) -> Callable[[], Abs
 def usable(
     stream: Iterator[Batch | list[Failure]], problems: Problems, progress: Progress, per_epoch: int
 ) -> Iterator[Batch]:
-    """Report unreadable items and pass the batches on; a batch with nothing readable is passed over.
+    """Report unreadable items (once) and pass the batches on; a batch with nothing readable is passed over.
 
     Raises:
         UserError: if that goes on for an epoch, because the stream would never end.
     """
-    in_a_row = 0
+    in_a_row, told = 0, set()
     for batch in stream:
         for failure in batch if isinstance(batch, list) else batch.failures:
-            problems.add("unreadable image", str(failure.image_id), failure.reason)
+            if failure.image_id not in told:
+                told.add(failure.image_id)
+                problems.add("unreadable image", str(failure.image_id), failure.reason)
         if isinstance(batch, Batch):
             in_a_row = 0
             yield batch
