@@ -55,7 +55,9 @@ class DataSettings:
         num_workers: loader processes.
         cache_features: keep a frozen backbone's features on disk.
         cache_dir: where.
+        cached_views: with `cache_features`, so many versions of each training image: as it is, and augmented ones.
         augment: crop and recolour training images at random.
+        mirror: augmentation also mirrors them (captions that say "left" are then wrong half of the time).
     """
 
     name: str = "data"
@@ -71,7 +73,9 @@ class DataSettings:
     num_workers: int = 0
     cache_features: bool = False
     cache_dir: Path = Path("cache")
+    cached_views: int = 1
     augment: bool = False
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -79,6 +83,7 @@ class DataSettings:
             ("max_captions", 1),
             ("captions_per_image", 1),
             ("min_count", 1),
+            ("cached_views", 1),
             ("max_length", 3),
         ):
             value = getattr(self, name)
@@ -243,8 +248,14 @@ def cached_features(
     *,
     device: torch.device,
     what: str,
+    view: int = 0,
 ) -> FeatureCache | None:
     """Compute (or find) the features of a split on disk; None if the config doesn't ask for it.
+
+    Args:
+        captioner, recipe, records, dataset, cfg, device: what decides the features.
+        what: the split's name, for the folder and the progress bar.
+        view: 0 for the images as they are; any other number for that augmented version of them.
 
     Raises:
         UserError: if the backbone trains, or images are augmented: the features would not stay the same.
@@ -255,20 +266,28 @@ def cached_features(
     if not captioner.backbone.frozen:
         raise UserError(f"data.cache_features=true needs backbone.trainable=frozen, not {cfg.backbone.trainable}")
     if settings.augment:
-        raise UserError("data.cache_features=true and data.augment=true exclude each other: cached images don't change")
-    transform = build_transform(recipe)
+        raise UserError(
+            "data.cache_features=true and data.augment=true exclude each other, because cached images don't change: "
+            "data.cached_views=4 keeps four versions of each"
+        )
+    transform = build_transform(recipe, augment=view > 0, mirror=settings.mirror)
     sources = {k: v for k, v in plain(cfg.data).items() if k not in DataSettings.__dataclass_fields__}
     precision = cfg.trainer.precision
     what_else = {"preprocessing": recipe.to_dict(), "data": sources, "precision": precision}
+    what_else |= {"backbone": plain(cfg.backbone), "view": [view, settings.mirror] if view else None}
+    what += f" view {view}" if view else ""
     key = cache_key(captioner.backbone, what_else, records)
-    folder = settings.cache_dir / f"{cfg.backbone.name}-{what}-{key}"
+    folder = settings.cache_dir / f"{cfg.backbone.name}-{what.replace(' ', '-')}-{key}"
 
     def encode(rows: Sequence[int]) -> tuple[list[int], Features | None]:
         readable: list[int] = []
         images: list[Tensor] = []
         for row in rows:
             try:
-                images.append(transform(dataset.open(records[row])))
+                image = dataset.open(records[row])
+                with torch.random.fork_rng(devices=[]):  # a view is the same however often it is taken up again
+                    torch.manual_seed(view * 1_000_003 + row)
+                    images.append(transform(image))
                 readable.append(row)
             except OSError as error:
                 tqdm.write(f"unreadable image: {error}")
@@ -297,16 +316,18 @@ def make_items(
     seed: int,
     training: bool,
     cache: FeatureCache | None,
+    views: Sequence[FeatureCache] = (),
 ) -> CaptionItems:
     """Items of a split: drawn captions and augmentation in training, everything as it is otherwise."""
     return CaptionItems(
         records,
         open_image=dataset.open,
-        transform=build_transform(recipe, augment=training and settings.augment),
+        transform=build_transform(recipe, augment=training and settings.augment, mirror=settings.mirror),
         encode=lambda caption: tokenizer.encode(caption, settings.max_length),
         captions_per_image=settings.captions_per_image if training else None,
         seed=seed,
         cache=cache,
+        views=views,
     )
 
 

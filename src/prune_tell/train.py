@@ -98,7 +98,21 @@ def train(cfg: DictConfig, out: Path | None = None) -> float:
 
     def items(records: Any, training: bool, what: str) -> CaptionItems:
         cache = cached_features(captioner, recipe, records, dataset, cfg, device=device, what=what)
-        return make_items(records, dataset, tokenizer, recipe, data, seed=seed, training=training, cache=cache)
+        views = [
+            cached_features(captioner, recipe, records, dataset, cfg, device=device, what=what, view=view)
+            for view in range(1, data.cached_views if training and cache else 1)
+        ]
+        return make_items(
+            records,
+            dataset,
+            tokenizer,
+            recipe,
+            data,
+            seed=seed,
+            training=training,
+            cache=cache,
+            views=[view for view in views if view],
+        )
 
     train_items = items(train_records, True, "train")
     val_items = items(val_records[: settings.validate_images], False, "val")

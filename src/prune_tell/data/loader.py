@@ -89,6 +89,7 @@ class CaptionItems(TorchDataset[Item | Failure]):
         captions_per_image: how many to draw per image and epoch; all of them where None.
         seed: of the draws.
         cache: features computed before, row i for record i.
+        views: the same of augmented versions of the images; an item draws one of all.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class CaptionItems(TorchDataset[Item | Failure]):
         captions_per_image: int | None = None,
         seed: int = 0,
         cache: FeatureCache | None = None,
+        views: Sequence[FeatureCache] = (),
     ) -> None:
         self.records = records
         self.open_image = open_image
@@ -110,6 +112,7 @@ class CaptionItems(TorchDataset[Item | Failure]):
         self.captions_per_image = captions_per_image
         self.seed = seed
         self.cache = cache
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.records)
@@ -123,7 +126,7 @@ class CaptionItems(TorchDataset[Item | Failure]):
         if self.cache is not None:
             if self.cache.state_R[index] != FeatureCache.THERE:
                 return Failure(record.image_id, f"{record.location} could not be read when the features were cached")
-            return Item(record, self.cache.row(index), captions)
+            return Item(record, draw.choice((self.cache, *self.views)).row(index), captions)
         try:
             image = self.open_image(record)
         except OSError as error:

@@ -46,13 +46,16 @@ class Preprocessing:
         return cls(**plain)
 
 
-def build_transform(recipe: Preprocessing, *, augment: bool = False) -> Callable[[Image.Image], Tensor]:
+def build_transform(
+    recipe: Preprocessing, *, augment: bool = False, mirror: bool = False
+) -> Callable[[Image.Image], Tensor]:
     """Build the transform of a recipe.
 
     Args:
         recipe: sizes and statistics.
         augment: for training: a random crop of at least 70 % of the area and a slight colour jitter instead of the
-            centre crop. No mirroring: captions say "left" and "right".
+            centre crop.
+        mirror: augmentation also mirrors every other image.
 
     Returns:
         A function from an RGB image to a float32 tensor `(3, rows, columns)`.
@@ -68,6 +71,7 @@ def build_transform(recipe: Preprocessing, *, augment: bool = False) -> Callable
                 (rows, columns), scale=(0.7, 1.0), ratio=(0.85, 1.18), interpolation=mode, antialias=True
             ),
             v2.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.15),
+            *([v2.RandomHorizontalFlip()] if mirror else []),
         ]
     elif recipe.fit == "squash":
         steps = [v2.Resize((rows, columns), interpolation=mode, antialias=True)]
