@@ -231,6 +231,22 @@ def test_features_that_change_are_not_cached(override, message, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_views_are_augmented_versions_with_caches_of_their_own(tmp_path):
+    run = cached_run(tmp_path, "data.cached_views=3", "data.mirror=true")
+    records = run.dataset.records("train")[:6]
+
+    def view(number: int):
+        return build.cached_features(
+            run.captioner, run.recipe, records, run.dataset, run.cfg, device=CPU, what="train", view=number
+        )
+
+    rows = [view(number).row(2).tokens_BND for number in (0, 1, 2)]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert not torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[1], rows[2])
+    assert torch.equal(view(1).row(2).tokens_BND, rows[1])
+
+
 # Loading
 
 

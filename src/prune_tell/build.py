@@ -152,7 +152,7 @@ def model_options(cfg: DictConfig) -> ModelOptions:
     method = reducers[prune.pop("method")]
     pruning = arguments(method, prune, key="pruning", given=("width",))
     decoder_node = plain(cfg.decoder)
-    grid_kind, hidden = decoder_node.pop("grid_positions"), decoder_node.pop("token_dropout")
+    grid_kind, hidden = decoder_node.pop("grid_positions"), decoder_node.pop("token_dropout", 0.0)
     decoder = arguments(Decoder, decoder_node, key="decoder", given=("vocab_size", "max_length"))
     grid = arguments(GridPositions, {"kind": grid_kind}, key="decoder.grid_positions", given=("d_model",))
     check_decoder(decoder)

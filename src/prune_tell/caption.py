@@ -37,7 +37,8 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            found += sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+            pictures = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+            found += sorted(path for path in pictures if not path.stem.endswith("_attention"))  # our own drawings
         elif place.exists():
             found.append(place)
         else:

@@ -190,6 +190,17 @@ def cached(folder: Path, rows: int) -> FeatureCache:
     return cache
 
 
+def test_an_item_draws_one_of_all_cached_views(tmp_path):
+    plain, other = cached(tmp_path / "plain", 12), cached(tmp_path / "other", 12)
+    data = items(cache=plain, views=[other])
+    drawn = [data[epoch, 3].visual.tokens_BND for epoch in range(30)]
+    choices = [plain.row(3).tokens_BND, other.row(3).tokens_BND]
+    counts = [sum(torch.equal(tokens, choice) for tokens in drawn) for choice in choices]
+    assert sum(counts) == 30
+    assert min(counts) >= 5, "both are drawn, about equally often"
+    assert torch.equal(data[7, 3].visual.tokens_BND, drawn[7]), "an epoch's draw is fixed"
+
+
 def test_cached_features_take_the_place_of_images(tmp_path):
     cache = cached(tmp_path, 12)
     cache.state_R[5] = FeatureCache.UNREADABLE

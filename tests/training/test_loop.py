@@ -364,3 +364,11 @@ def test_every_line_is_strict_json(tmp_path, monkeypatch):
 
     for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=refuse)
+
+
+def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path):
+    run = SmallRun(tmp_path, NO_VALIDATION)
+    with torch.no_grad():
+        run.captioner.decoder.output.weight.fill_(math.nan)
+    with pytest.raises(UserError, match=r"the loss is nan at step 1: training has diverged; a lower trainer\.lr"):
+        run.fit()

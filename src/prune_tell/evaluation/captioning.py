@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from prune_tell.data.features import Features
 from prune_tell.data.loader import Batch, Failure
 from prune_tell.data.records import Record
 from prune_tell.data.tokenizer import Tokenizer
@@ -147,8 +146,3 @@ def caption_split(
     result.images_per_second = images / seconds_look if seconds_look else 0.0
     result.captions_per_second = images / seconds_decode if seconds_decode else 0.0
     return result
-
-
-def reads_cached(batch: Batch) -> bool:
-    """Whether the batch carries features instead of images (images/s is then not the encoder's)."""
-    return isinstance(batch.visual, Features)

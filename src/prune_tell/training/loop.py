@@ -227,6 +227,11 @@ def fit(
                 progress.epoch_sums[index] += value
                 progress.log_sums[index] += value
             untold.zero_()
+            if not math.isfinite(progress.epoch_sums[0]):
+                raise UserError(
+                    f"the loss is {progress.epoch_sums[0]} at step {progress.step}: training has diverged; a lower "
+                    f"trainer.lr (now {settings.lr}) or trainer.clip (now {settings.clip}) helps"
+                )
             bar.set_postfix_str("acc={token_accuracy:.2%}, loss={loss:.4f}".format(**means(progress.epoch_sums)))
         if logging:
             line = means(progress.log_sums) | {"lr": lr, "grad_norm": float(norm)}
