@@ -45,7 +45,7 @@ class TopK(nn.Module):
         width: int,
         prune_ratio: float = 0.0,
         kept_tokens: int | None = None,
-        score: Literal["norm", "cls_attention", "learned", "random"] = "norm",
+        score: Literal["norm", "cls_attention", "learned", "random"] = "learned",
     ) -> None:
         super().__init__()
         kept_count(1, prune_ratio, kept_tokens)  # a wrong budget ends here, before any work
