@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prune_tell.training.tracking import read_metrics
 
-BLUE, RED = "#1f5fa8", "#c8442c"
+BLUE, RED, GREEN = "#1f5fa8", "#c8442c", "#5a8f3c"
 
 
 def draw_curves(run: Path) -> Path:
@@ -29,39 +29,28 @@ def draw_curves(run: Path) -> Path:
     figure = Figure(figsize=(12 if scored else 8, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3 if scored else 2)
-    panels = (
-        (axes[0], "loss", "loss (nats per word)", 1),
-        (axes[1], "token_accuracy", "token accuracy (%)", 100),
-    )
-    for ax, key, title, scale in panels:
-        for rows, label, colour in ((train, "train", BLUE), (val, "val", RED)):
+    panels = [
+        ("loss (nats per word)", 1, [(train, "loss", "train", BLUE), (val, "loss", "val", RED)]),
+        (
+            "token accuracy (%)",
+            100,
+            [(train, "token_accuracy", "train", BLUE), (val, "token_accuracy", "val", RED)],
+        ),
+        (
+            "val scores (x100)",
+            100,
+            [(val, key, key, colour) for key, colour in (("CIDEr", RED), ("Bleu_4", BLUE), ("ROUGE_L", GREEN))],
+        ),
+    ]
+    for ax, (title, scale, curves) in zip(axes, panels, strict=False):
+        for lines_of, key, label, colour in curves:
+            rows = [row for row in lines_of if key in row]
             if rows:
+                marker = "o" if len(rows) < 30 else None
                 epochs, values = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
-                ax.plot(
-                    epochs,
-                    values,
-                    color=colour,
-                    label=label,
-                    marker="o" if len(rows) < 30 else None,
-                    markersize=3,
-                )
+                ax.plot(epochs, values, color=colour, label=label, marker=marker, markersize=3)
         ax.set_title(title)
         ax.legend(frameon=False)
-    if scored:
-        for key, colour in (("CIDEr", RED), ("Bleu_4", BLUE), ("ROUGE_L", "#5a8f3c")):
-            rows = [row for row in val if key in row]
-            if rows:
-                epochs, values = [row["epoch"] for row in rows], [100 * row[key] for row in rows]
-                axes[2].plot(
-                    epochs,
-                    values,
-                    color=colour,
-                    label=key,
-                    marker="o" if len(rows) < 30 else None,
-                    markersize=3,
-                )
-        axes[2].set_title("val scores (x100)")
-        axes[2].legend(frameon=False)
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.grid(alpha=0.25)
