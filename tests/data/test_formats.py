@@ -34,7 +34,9 @@ LOADER_OPTIONS = {
     "num_workers": 0,
     "cache_features": False,
     "cache_dir": "cache",
+    "cached_views": 1,
     "augment": False,
+    "mirror": False,
 }
 
 
