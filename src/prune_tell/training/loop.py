@@ -256,7 +256,7 @@ def fit(
                 tqdm.write(validation_line(progress.step, line))
                 if on_validation:
                     on_validation(tracker, progress.step, result)
-                value = -result.loss if settings.track == "loss" else line[settings.track]
+                value = tracked_value(settings.track, progress.step, line)
                 progress.without_gain += 1
                 if value > progress.best:
                     progress.best, progress.best_step, progress.without_gain = value, progress.step, 0
@@ -274,6 +274,13 @@ def fit(
     tracker.close()
     progress.seconds = time.time() - begun
     return progress
+
+
+def tracked_value(track: str, step: int, line: dict[str, float]) -> float:
+    """The number that chooses the best weights, higher is better: a score, a negative loss, or the step itself."""
+    if track == "step":
+        return float(step)
+    return -line["loss"] if track == "loss" else line[track]
 
 
 def means(sums: list[float]) -> dict[str, float]:

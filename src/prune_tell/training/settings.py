@@ -33,7 +33,7 @@ class TrainSettings:
         validate_metrics: which scores a validation computes.
         checkpoint_every: steps between saves of `last`; None for at validations.
         log_every: steps between lines in `metrics.jsonl` and TensorBoard.
-        track: the metric that chooses `best`: a score (higher is better) or `loss` (lower).
+        track: the metric that chooses `best`: a score (higher is better) `loss` (lower), or `step` (the newest).
         patience: validations without improvement before training stops; None for never.
         max_steps: stop after so many steps; None for all epochs.
         measure_train_accuracy: at the end, also measure token accuracy on the training captions in eval mode.
@@ -62,7 +62,7 @@ class TrainSettings:
     )
     checkpoint_every: int | None = None
     log_every: int = 10
-    track: Literal["CIDEr", "Bleu_4", "ROUGE_L", "METEOR", "loss"] = "CIDEr"
+    track: Literal["CIDEr", "Bleu_4", "ROUGE_L", "METEOR", "loss", "step"] = "CIDEr"
     patience: int | None = None
     max_steps: int | None = None
     measure_train_accuracy: bool = False
@@ -98,7 +98,7 @@ class TrainSettings:
                 f"trainer.betas={list(self.betas)} is out of range: two numbers from 0 up to, not including, 1"
             )
         metric = self.track.split("_")[0] if self.track.startswith("Bleu") else self.track
-        if metric != "loss" and metric not in self.validate_metrics:
+        if metric not in ("loss", "step") and metric not in self.validate_metrics:
             raise UserError(
                 f"trainer.track={self.track} is not among trainer.validate_metrics={list(self.validate_metrics)}"
             )
