@@ -75,13 +75,27 @@ def test_gradient_reaches_every_part_of_the_learned_score():
 @given(seed=st.integers(0, 1000), ratio=st.sampled_from([0.1, 0.3, 0.5, 0.9]))
 def test_the_learned_score_gates_the_tokens_it_chose(seed, ratio):
     torch.manual_seed(seed)
-    reducer, tokens = TopK(width=8, prune_ratio=ratio, score="learned"), torch.randn(2, 10, 8)
+    reducer, tokens = TopK(width=8, prune_ratio=ratio, score="learned").eval(), torch.randn(2, 10, 8)
     reduction = reducer(tokens)
     scores = reducer.scorer(tokens, None)
     for row in range(2):
         kept = scores[row].topk(reduction.tokens_BKD.shape[1]).indices.sort().values
         expected = tokens[row, kept] * 2 * scores[row, kept, None].sigmoid()
         torch.testing.assert_close(reduction.tokens_BKD[row], expected)
+
+
+def test_a_learned_score_draws_its_tokens_in_training_and_keeps_the_best_later():
+    """A token that is never tried can never prove itself; Gumbel noise draws one with probability softmax(score)."""
+    reducer, tokens = TopK(width=8, kept_tokens=1, score="learned"), 3 * torch.randn(1, 5, 8)
+    with torch.no_grad():
+        reducer.scorer.head[-1].weight *= 5
+        share = reducer.scorer(tokens, None)[0].softmax(dim=0)
+        many = reducer(tokens.expand(4000, 5, 8)).assignment_BN.ge(0).float()
+    assert share.max() > 1.5 * share.min(), "equal scores would prove nothing"
+    # 4000 draws: a share of 0.5 has a standard deviation of 0.008.
+    torch.testing.assert_close(many.mean(dim=0), share, rtol=0, atol=0.04)
+    best = reducer.eval()(tokens.expand(20, 5, 8)).assignment_BN.ge(0).int().argmax(dim=1)
+    assert best.eq(share.argmax()).all()
 
 
 @pytest.mark.parametrize("score", ["norm", "cls_attention", "learned", "random"])
@@ -132,6 +146,8 @@ def test_mistakes_end_before_any_work(options, message):
 def test_compiles_without_a_graph_break(score, ratio):
     reducer, tokens, attention = TopK(width=8, prune_ratio=ratio, score=score), torch.randn(2, 10, 8), torch.rand(2, 10)
     torch._dynamo.reset()
+    torch.manual_seed(1)  # the learned score draws its tokens in training
     compiled = torch.compile(reducer, fullgraph=True, backend="eager")(tokens, attention)
+    torch.manual_seed(1)
     for ours, expected in zip(compiled, reducer(tokens, attention), strict=True):
         torch.testing.assert_close(ours, expected)

@@ -17,6 +17,12 @@ def best_positions(scores_BN: Tensor, K: int) -> Tensor:
     return scores_BN.detach().topk(K, dim=1).indices.sort(dim=1).values
 
 
+def gumbel_like(scores_BN: Tensor) -> Tensor:
+    """Standard Gumbel noise, `-log(-log(u))` with u uniform in (0, 1)."""
+    uniform_BN = torch.rand_like(scores_BN, dtype=torch.float32).clamp(1e-12, 1 - 1e-7)
+    return -torch.log(-torch.log(uniform_BN))
+
+
 def topk(tokens_BND: Tensor, scores_BN: Tensor, K: int) -> Reduction:
     """Keep the K tokens with the highest scores, in grid order.
 
@@ -58,9 +64,12 @@ class TopK(nn.Module):
         if tokens_BND.shape[1] == K:
             return keep_all(tokens_BND)
         scores_BN = self.scorer(tokens_BND, attention_BN)
-        kept_BK = best_positions(scores_BN, K)
+        learned = isinstance(self.scorer, LearnedScore)
+        # Tokens that are never kept never get a gradient and would stay out for good: training draws the kept ones
+        # without replacement, in proportion to exp(score), through Gumbel noise (Kool et al. 2019).
+        kept_BK = best_positions(scores_BN + gumbel_like(scores_BN) if learned and self.training else scores_BN, K)
         reduction = gather_tokens(tokens_BND, kept_BK)
-        if isinstance(self.scorer, LearnedScore):
+        if learned:
             # The choice itself has no gradient: the kept tokens carry their score as a gate, so the head learns
             # from how useful they were. 2 * sigmoid starts near 1 and leaves the token scale alone.
             gate_BK1 = 2 * torch.sigmoid(scores_BN.gather(1, kept_BK)).unsqueeze(-1)
