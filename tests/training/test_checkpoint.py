@@ -242,7 +242,7 @@ def test_a_damaged_state_is_told(damage, tied, tmp_path):
     [
         (("decoder.ff_dim=32",), "can't be loaded"),
         (("decoder.layers=2",), "does not fit the model"),
-        (("pruning.score=learned",), "does not fit the model"),
+        (("pruning.score=norm",), "does not fit the model"),
     ],
 )
 def test_another_model_is_told(overrides, text, tied, tmp_path):

@@ -82,6 +82,7 @@ def test_golden_losses(tmp_path):
     # Everything that matters is given here, so that other defaults don't disturb it.
     overrides = (NO_VALIDATION, NO_DROPOUT, "data.train_scenes=48", "trainer.epochs=4", "trainer.max_steps=20")
     overrides += ("backbone.interpolation=bilinear", "backbone.fit=squash", "decoder.norm=pre", "prune_ratio=0.3")
+    overrides += ("pruning.score=norm",)
     overrides += ("trainer.lr=0.001", "trainer.weight_decay=0.01", "trainer.betas=[0.9,0.98]", "trainer.clip=1.0")
     overrides += ("trainer.warmup=0.05", "trainer.schedule=cosine", "trainer.final_lr=0.01")
     runs = [SmallRun(tmp_path / name, *overrides) for name in ("one", "two")]
