@@ -246,7 +246,10 @@ def test_the_whole_compiles_without_a_graph_break(make_captioner, score):
     pictures, packed = images(2), pack_captions([CAPTIONS, []])
     torch._dynamo.reset()
     compiled = torch.compile(captioner, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(pictures, packed).logits_BQV, captioner(pictures, packed).logits_BQV)
+    torch.manual_seed(1)  # the learned score draws its tokens in training
+    ours = compiled(pictures, packed).logits_BQV
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours, captioner(pictures, packed).logits_BQV)
 
 
 def test_reducers_can_be_exchanged(make_captioner):
