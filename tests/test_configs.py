@@ -147,10 +147,11 @@ def test_opens_with_the_command_that_runs_it(name):
 
 
 def test_commands_further_down_the_comments_compose_too():
-    for path in FILES.values():
-        for line in opening(path)[1:]:
-            if match := re.fullmatch(r"# python -m prune_tell\.(\w+) (.*)", line):
-                compose(match[1], shlex.split(match[2]))
+    lines = [line for path in FILES.values() for line in opening(path)[1:]]
+    found = [m for line in lines if (m := re.fullmatch(r"# python -m prune_tell\.(\w+) (.*)", line))]
+    assert found, "no such line: this test would check nothing"
+    for match in found:
+        assert compose(match[1], shlex.split(match[2]))
 
 
 @pytest.mark.parametrize("backbone", ["vit", "convnext"])

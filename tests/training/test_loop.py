@@ -363,8 +363,9 @@ def test_every_line_is_strict_json(tmp_path, monkeypatch):
     def refuse(constant: str) -> float:
         raise AssertionError(constant)
 
-    for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        json.loads(text, parse_constant=refuse)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    kinds = {json.loads(text, parse_constant=refuse)["kind"] for text in lines}
+    assert kinds == {"train", "epoch", "val"}
 
 
 def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path):
